@@ -542,14 +542,10 @@ int main(int argc, char **argv)
     argp_err_exit_status = EXIT_USAGE;
     ts_output_begin();
     argp_parse(&argp, argc, argv, 0, NULL, &o);
-    /* Every thread leaves these to main's sigwait, or a supervisor's signalfd. */
+    /* A reload waits; what is to end a daemon that isn't one yet may do so. */
     sigset_t signals;
     sigemptyset(&signals);
-    sigaddset(&signals, SIGTERM);
-    sigaddset(&signals, SIGINT);
     sigaddset(&signals, SIGHUP);
-    sigaddset(&signals, SIGUSR1); /* device_failed */
-    sigaddset(&signals, SIGUSR2); /* end_to_start_again */
     if (!o.check)
         pthread_sigmask(SIG_BLOCK, &signals, NULL);
     ts_config *c = malloc(sizeof *c);
@@ -578,6 +574,12 @@ int main(int argc, char **argv)
         free(c);
         return code;
     }
+    /* Every thread leaves these to main's sigwait. */
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGUSR1); /* device_failed */
+    sigaddset(&signals, SIGUSR2); /* end_to_start_again */
+    pthread_sigmask(SIG_BLOCK, &signals, NULL);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);          /* a limit on files' sizes refuses memory, and ends nobody */
     ts_store *store = ts_store_open(); /* with the first thread */

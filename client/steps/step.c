@@ -331,6 +331,9 @@ static ts_status ask_first(ts_step *s, const ts_seq *seqs, const ts_step_options
     return status == TS_OK ? call_abort(s) : status;
 }
 
+/* Ids that are compared to say more of an error. */
+#define COMPARED_MOST (1u << 20)
+
 static bool has_sequence(const ts_step *s, ts_seq seq)
 {
     for (uint32_t i = 0; i < s->count; i++)
@@ -345,8 +348,9 @@ static ts_status no_room(const ts_step *s)
 {
     ts_client *c = s->pool->client;
     for (const ts_region *r = c->regions; r != NULL; r = r->next)
-        for (uint32_t i = 0;
-             r->step != NULL && r->step->pool->index == s->pool->index && i < s->count; i++)
+        for (uint32_t i = 0; r->step != NULL && r->step->pool == s->pool && i < s->count &&
+                             (uint64_t)s->count * r->step->count <= COMPARED_MOST;
+             i++)
             if (has_sequence(r->step, s->seqs[i]))
                 return ts_fail(c, TS_EBUSY,
                                "sequence %llx is in open step %llx of this client: commit or abort "

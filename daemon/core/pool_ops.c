@@ -59,11 +59,11 @@ static ts_status make_books(const ts_engine *e, const ts_pool_config *config, ts
     return status;
 }
 
-/* Of the ids of a new pool's sequences (less than 2^31): each pool has others, also one that is
- * made in the place, and under the name, of one that was deleted. */
-static uint32_t first_generation(const ts_engine *e)
+/* Of the ids of a new pool's sequences (less than 2^31): others than those of a pool in another
+ * place, or of one that had this place, and this name, until a millisecond ago. */
+static uint32_t first_generation(const ts_engine *e, uint32_t place)
 {
-    const uint64_t now[] = {e->now_ms, e->tokens_committed};
+    const uint64_t now[] = {e->now_ms, e->tokens_committed, place};
     const uint64_t seed = e->limits.hash_seed + e->limits.first_generation;
     return (uint32_t)(XXH3_64bits_withSeed(now, sizeof now, seed) >> 33);
 }
@@ -86,7 +86,7 @@ void ts_engine_pool_add(ts_engine *e, ts_session *none, const ts_command *c, ts_
     pool->config = *config;
     pool->room = (ts_wait_list){TS_NONE, TS_NONE};
     ts_sequences_init(&pool->seqs, config->sequences_max, config->geometry.block_tokens,
-                      first_generation(e));
+                      first_generation(e, place));
     pool->seqs.order.seed = e->limits.hash_seed;
     e->num_pools += place == e->num_pools;
     e->live_pools++;

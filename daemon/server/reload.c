@@ -219,10 +219,8 @@ static void compare_pool(const ts_pool_config *has, const ts_config_pool *wanted
 {
     const ts_config_pool made = {.pool = *has};
     list differ = {""};
-    if (has->num_blocks != wanted->pool.num_blocks)
-        note(&differ, "memory");
-    if (has->max_blocks != wanted->pool.max_blocks)
-        note(&differ, "memory_max");
+    if (has->max_blocks != wanted->pool.max_blocks) /* below that an operator resizes it */
+        note(&differ, wanted->memory_max != 0 ? "memory_max" : "memory");
     for (uint32_t i = 0; i < ts_config_pools.num_keys; i++) {
         const ts_config_key *key = &ts_config_pools.keys[i];
         const bool any = key->offset == offsetof(ts_config_pool, pool.device) &&

@@ -61,7 +61,8 @@ typedef struct supervisor {
     uint64_t until_ms;
 
     uint32_t deaths, short_lives;
-    bool was_ready; /* the daemon served */
+    bool was_ready;  /* the daemon served */
+    bool has_served; /* one did */
     char last_death[16];
     /* What the next daemon is told: how the last one that served ended, and the last one, if that
      * didn't serve. */
@@ -397,7 +398,7 @@ static void note_cause(supervisor *s)
     const int first = (int)strcspn(s->cause, ",");
     char served[sizeof s->last_death];
     snprintf(served, sizeof served, "%.*s", first, s->cause);
-    if (s->was_ready || s->deaths == 0 || strcmp(served, s->last_death) == 0)
+    if (s->was_ready || !s->has_served || strcmp(served, s->last_death) == 0)
         snprintf(s->cause, sizeof s->cause, "%s", s->last_death);
     else
         snprintf(s->cause, sizeof s->cause, "%s, then %s", served, s->last_death);
@@ -436,6 +437,7 @@ static bool bury(supervisor *s)
     if (s->told_to_end || s->exit_status == 0)
         return false;
     const uint32_t delay = restart_delay(s);
+    s->has_served = s->has_served || s->was_ready;
     note_cause(s);
     s->was_ready = false;
     s->deaths++;

@@ -147,13 +147,17 @@ def test_a_pools_cache_is_switched_off_and_on(reloadable):
         assert kv.matching([prompt], b"m") == [8]
 
 
-def test_a_signal_while_the_file_is_read_waits(tmp_path):
+def test_a_reload_while_the_file_is_read_waits(tmp_path):
     file = tmp_path / "c"
     os.mkfifo(file)
     process = subprocess.Popen([os.environ["TS_TEST_DAEMON"], "--config", file, "--socket",
                                 tmp_path / "s"])
-    with file.open("w") as text:  # once the daemon reads it
-        process.send_signal(signal.SIGTERM)
-        text.write(CONFIG.format(socket=tmp_path / "s", level="error", tokens=100, more="",
-                                 pool=""))
+    for turn in range(2):  # as the daemon starts, and once more when it serves
+        with file.open("w") as text:
+            if turn == 0:
+                process.send_signal(signal.SIGHUP)
+            text.write(CONFIG.format(socket=tmp_path / "s", level="error", tokens=100, more="",
+                                     pool=""))
+        tinyserve.connect(tmp_path / "s", wait=60).close()
+    process.terminate()
     assert process.wait(60) == 0

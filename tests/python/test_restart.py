@@ -344,7 +344,7 @@ def test_pools_that_differ_from_the_configuration_are_named(start_supervised, tm
             "gone, tsctl pool delete it, and then tsctl restart\n") in daemon.log.read_text()
     assert tsctl(daemon.url, "restart").returncode == 0
     assert ("warning: pool 'small' was taken over as it was made: the configuration has another "
-            "memory, memory_max, sequences; tsctl pool delete, and then tsctl restart, makes it "
+            "memory, sequences; tsctl pool delete, and then tsctl restart, makes it "
             "anew\n") in daemon.log.read_text()
     assert "pool 'gone' was taken over; the configuration doesn't have it\n" in \
         daemon.log.read_text()

@@ -222,7 +222,7 @@ class PooledCache(Cache):
 
     def _begin(self, inputs: Inputs) -> None:
         self.session.sweep()
-        had = len(self.seqs)
+        had, known = len(self.seqs), self.known
         seqs, step = self.seqs, None
         try:
             copies = self._copies(inputs)
@@ -245,8 +245,8 @@ class PooledCache(Cache):
                 if total < leaders.rows * inputs.columns:
                     index = leaders.index(counts)
             forward = Forward(self, inputs.rows, inputs.columns, step, index, copies)
-            forward.new, forward.had, forward.before = (leaders.pads, counts), had, \
-                attention.current()
+            forward.new, forward.had, forward.known = (leaders.pads, counts), had, known
+            forward.before = attention.current()
             self.seqs, self.rows, self.forward = seqs, rows, forward
         except BaseException:
             if step is not None:
@@ -254,6 +254,7 @@ class PooledCache(Cache):
             if not self.seqs:
                 self.session.drop(seqs)
             self._repeat_less(had)
+            self.known = known
             raise
         attention.enter(forward)
 
@@ -319,7 +320,7 @@ class PooledCache(Cache):
         except Error:
             pass  # it went with the session, its commit has ended it, or the daemon is told later
         finally:
-            self.forward = None
+            self.forward, self.known = None, forward.known
             self._undo(forward.had)
 
     def _undo(self, had: int) -> None:

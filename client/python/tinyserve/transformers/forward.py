@@ -44,6 +44,7 @@ class Forward:
         self.ran = 0  # layers, a bit each
         self.before: Forward | None = None  # that this thread was in
         self.new: tuple[list[int], list[int]] = [], []  # the step's rows: padding, new tokens
+        self.known = True  # what the cache said before
         self.had = 0  # sequences of the cache before; 0: they were made for this pass
         self._dtype = _DTYPES[needs.dtype]
         self._index = index

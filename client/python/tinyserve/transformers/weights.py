@@ -115,8 +115,8 @@ class Glance:
 
     def __init__(self, model: torch.nn.Module, namespace: bytes) -> None:
         modules = list(model.modules())
-        self._of_modules = [m._parameters for m in modules if m._parameters]
-        self._parents = [m._modules for m in modules if m._modules]
+        self._of_modules = [m._parameters for m in modules]
+        self._parents = [m._modules for m in modules]
         self._adapters = [(name, m) for name, m in model.named_modules() if _is_adapter(m)]
         self._namespace, self._children = namespace, self._modules()
         self._parameters = [p for of_one in self._of_modules for p in of_one.values()]
